@@ -4,7 +4,7 @@
 
 writes benchmarks/results/wna16_prefill.jsonl. `chosen` marks the method that the rule takes. "chunks" is a method that
 the rule does not have: the weight is dequantized in parts, so that cuBLAS finds each part in L2. `--cuts` instead times
-wna16_gemm with every split, to fit the rule. The last column is the best peer's time over ours: Marlin, Machete and
+wna16_prefill with every cut, to fit the rule. The last column is the best peer's time over ours: Marlin, Machete and
 Humming with as many bits, and cuBLAS on a dense weight. All in bfloat16, the dtype of the peers' rows, in which cuBLAS
 is faster.
 """
@@ -21,11 +21,10 @@ from torch import Tensor
 from benchmarks.kernel_peers import GROUP, PEERS, HummingLayer, Peer, cublas, humming
 from benchmarks.measure import Floor, run_facts, time_calls, write_rows
 from benchmarks.wna16 import bytes_of, describe, make_copies, measure_peer, row_of
-from lowbit.quant.kernels import wna16_dequantize, wna16_gemm
+from lowbit.quant.kernels import wna16_dequantize, wna16_prefill
 from lowbit.quant.kernels.packed import PackedWeight
 from lowbit.quant.kernels.problem import PackedCall, Problem
 from lowbit.quant.kernels.registry import choose_kernel
-from lowbit.quant.kernels.wna16_gemm import GemmCut
 
 SHAPES = ((4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008), (28672, 4096), (8192, 28672))
 ROWS = (96, 128, 192, 256, 512, 1024, 2048, 4096)
@@ -56,24 +55,25 @@ def rows_of_weight(w: PackedWeight, first: int, end: int) -> PackedWeight:
 
 
 WAYS: dict[str, Way] = {
-    "wna16_gemm": wna16_gemm.run,
+    "wna16_prefill": wna16_prefill.run,
     "wna16_dequantize": lambda call, problem: wna16_dequantize.run(call),
     "chunks": in_chunks,
 }
 
 
 def cuts_of(problem: Problem) -> list[tuple[str, Way, dict]]:
-    """Every split of wna16_gemm, with its fields for a row."""
-    widths = wna16_gemm.warpgroups_for(problem.m)
-    launches = [GemmCut(w, c) for w in widths for c in range(1, 9) if c == 1 or 2 * c * 128 <= problem.k]
-    return [("wna16_gemm", partial(wna16_gemm.run, cut=launch), asdict(launch)) for launch in launches]
+    """Every cut of wna16_prefill, with its fields for a row."""
+    return [
+        ("wna16_prefill", partial(wna16_prefill.run, cut=cut), asdict(cut)) for cut in wna16_prefill.cuts_of(problem)
+    ]
 
 
 def ways_of(problem: Problem) -> list[tuple[str, Way, dict]]:
     """The three methods, with their fields for a row."""
-    cut, chosen = asdict(wna16_gemm.choose_cut(problem)), choose_kernel(problem).name
+    cut, chosen = asdict(wna16_prefill.choose_cut(problem)), choose_kernel(problem).name
     return [
-        (name, way, {"chosen": name == chosen, **(cut if name == "wna16_gemm" else {})}) for name, way in WAYS.items()
+        (name, way, {"chosen": name == chosen, **(cut if name == "wna16_prefill" else {})})
+        for name, way in WAYS.items()
     ]
 
 
@@ -116,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--commit", required=True, help="of the code that is measured")
     parser.add_argument("--output", type=Path, default=RESULTS / "wna16_prefill.jsonl")
-    parser.add_argument("--cuts", action="store_true", help="time every cut of wna16_gemm's work instead")
+    parser.add_argument("--cuts", action="store_true", help="time every cut of wna16_prefill's work instead")
     parser.add_argument("--shapes", nargs="+", type=int, default=range(len(SHAPES)), help="places in SHAPES")
     parser.add_argument("--rows", nargs="+", type=int, help="of x")
     parser.add_argument("--bits", nargs="+", type=int, choices=(4, 8), default=(4, 8))

@@ -18,6 +18,7 @@ from lowbit.quant.kernels import (
     wna16_dequantize,
     wna16_gemm,
     wna16_gemv,
+    wna16_prefill,
 )
 from lowbit.quant.kernels.dense import DenseCall
 from lowbit.quant.kernels.problem import PackedCall, Problem
@@ -60,6 +61,7 @@ def run_in_halves(call: PackedCall, problem: Problem) -> Tensor:
 
 KERNELS = (
     Kernel("wna16_gemm", wna16_gemm.reason_against, with_whole_rows(wna16_gemm.run), wna16_gemm.choose_cut),
+    Kernel("wna16_prefill", wna16_prefill.reason_against, with_whole_rows(wna16_prefill.run), wna16_prefill.choose_cut),
     Kernel("wna16_gemv", wna16_gemv.reason_against, wna16_gemv.run, wna16_gemv.choose_cut, defers=True),
     Kernel("wna16_dequantize", wna16_dequantize.reason_against, with_whole_rows(wna16_dequantize.run)),
     Kernel("reference", reference.reason_against, lambda call, problem: reference.run(call), defers=True),

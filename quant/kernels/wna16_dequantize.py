@@ -11,23 +11,12 @@ from lowbit.quant.kernels.packed import PackedWeight, dequantize_packed, scale_s
 from lowbit.quant.kernels.problem import PackedCall, Problem, check_alignment
 from lowbit.quant.kernels.row_norm import Rows
 
-# Fitted on one H100 within 6% (rms): microseconds per launch; bytes per microsecond of reading packed and writing dense
-# weights; then the dense product's bytes and operations per microsecond.
-LAUNCHES_US, WRITE_RATE, READ_RATE, PRODUCT_RATE = 1.0, 2.3e6, 3.0e6, 800e6
-
 
 def reason_against(problem: Problem) -> str | None:
     """The reason why the product with a dequantized weight cannot run the problem, or None."""
     if problem.capability is None:
         return f"the tensors are on the {problem.device}"
     return reason_against_device(problem.capability)
-
-
-def estimated_us(problem: Problem) -> float:
-    """Estimated microseconds on an H100, without an epilogue."""
-    numbers = problem.n * problem.k
-    product = max(2 * numbers / READ_RATE, 2 * numbers * problem.m / PRODUCT_RATE)
-    return LAUNCHES_US + numbers * (2 + problem.bits / 8) / WRITE_RATE + product
 
 
 def run(call: PackedCall, problem: Problem | None = None) -> Tensor:

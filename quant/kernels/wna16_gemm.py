@@ -1,25 +1,21 @@
-"""The product of rows of x with a 4- or 8-bit weight by Hopper's warpgroup instructions: csrc/wna16_gemm.cu.
-
-A block takes up to 64 rows of x. More rows are cut into slabs of 128, which read W one after another, mostly from L2,
-as long as that is faster than dequantizing the weight first.
-"""
+"""The product of up to 64 rows of x with a 4- or 8-bit weight by Hopper's warpgroup instructions:
+csrc/wna16_gemm.cu."""
 
 from dataclasses import dataclass
 from functools import lru_cache
 
 from torch import Tensor
 
-from lowbit.quant.kernels import wna16_dequantize, wna16_gemv
+from lowbit.quant.kernels import wna16_gemv
 from lowbit.quant.kernels.extension import reason_against_90a
 from lowbit.quant.kernels.packed import CHUNK_K, TILE_ROWS, padded
 from lowbit.quant.kernels.problem import PackedCall, Problem
 from lowbit.quant.kernels.wna16_args import launch_product, prepare
 
-ONE_SLAB_M, SLAB = 64, 128  # most rows of one block; rows of a slab
+MOST_M = 64
 FEW_M, SOME_M = 8, 16  # rows for which wna16_gemv is nearly always faster, or faster for a small W
 SMALL_WEIGHT = 30 << 20  # bytes of codes
 WARPGROUPS = (4, 3, 2)  # multiplying warpgroups per block
-SLAB_WARPGROUPS = (3, 2)  # with slabs: a fourth would leave too few registers for the sums
 ROWS = 4 * TILE_ROWS  # of W per warpgroup
 # Clusters of 1, 2, ... 8 blocks that fit on 132 multiprocessors at once, with one block each:
 # cudaOccupancyMaxActiveClusters on an H100. Other cards differ with their working multiprocessors; a wrong guess only
@@ -31,11 +27,6 @@ STEP, SETTLE = 2.0, 8.0
 # Microseconds for a weight of 8 bits per channel with dependent launch and up to 16 rows of x: per launch, per unit of
 # cost, per megabyte. Fitted to 17 shapes on one H100, within 2% (rms).
 CHANNEL_US = (2.6, 0.0257, 0.293)
-# With slabs, where every wave of blocks ends with a reduction: STEP, SETTLE, then microseconds per launch, and per unit
-# of cost by the weight's bits. Fitted on one H100: for 96 problems 0.2% slower than the best launch on average, 7% at
-# most.
-SLAB_STEP, SLAB_SETTLE = 1.0, 3.0
-SLAB_LAUNCH_US, SLAB_UNIT_US = 3.0, {4: 0.35, 8: 0.41}
 
 
 @dataclass(frozen=True)
@@ -58,14 +49,14 @@ def reason_against(problem: Problem) -> str | None:
         return f"{problem.bits} bits: it takes 4 and 8"
     if problem.capability != (9, 0):
         return f"it is for sm_90, the GPU is sm_{problem.capability[0]}{problem.capability[1]}"
+    if problem.m > MOST_M:
+        return f"{problem.m} rows: it takes at most {MOST_M}"
     small = problem.n * problem.k * problem.bits // 8 < SMALL_WEIGHT
     if (problem.m <= FEW_M and not beats_gemv(problem)) or (FEW_M < problem.m <= SOME_M and small):
         size = f" of a weight below {SMALL_WEIGHT >> 20} MB" if problem.m > FEW_M else ""
         return f"{problem.m} rows{size}: wna16_gemv is faster"
     if problem.panels and wna16_gemv.prefers_panels(problem):
         return f"{problem.m} rows in panels: wna16_gemv is faster"
-    if problem.m > ONE_SLAB_M and slabs_us(problem) > wna16_dequantize.estimated_us(problem):
-        return f"{problem.m} rows: wna16_dequantize is faster"
     return reason_against_90a()
 
 
@@ -83,22 +74,12 @@ def estimated_us(problem: Problem) -> float:
     return launch + unit * cost_of(choose_cut(problem), problem) + megabyte * problem.n * problem.k / 1e6
 
 
-def slabs_us(problem: Problem) -> float:
-    """Estimated microseconds for more than 64 rows of x."""
-    return SLAB_LAUNCH_US + SLAB_UNIT_US[problem.bits] * cost_of(choose_cut(problem), problem)
-
-
-def warpgroups_for(m: int) -> tuple[int, ...]:
-    """The compiled numbers of multiplying warpgroups."""
-    return WARPGROUPS if m <= ONE_SLAB_M else SLAB_WARPGROUPS
-
-
 @lru_cache(4096)
 def choose_cut(problem: Problem) -> GemmCut:
     """The launch for any shape: the one with the least cost on the fullest multiprocessor."""
     chunks = -(-problem.k // CHUNK_K)
     clusters = [c for c in range(1, len(CLUSTERS) + 1) if c == 1 or 2 * c <= chunks]
-    cuts = [GemmCut(w, c) for w in warpgroups_for(problem.m) for c in clusters]
+    cuts = [GemmCut(w, c) for w in WARPGROUPS for c in clusters]
     return min(cuts, key=lambda launch: cost_of(launch, problem))
 
 
@@ -107,10 +88,7 @@ def cost_of(launch: GemmCut, problem: Problem) -> float:
     groups = padded(problem.n, launch.warpgroups * ROWS) // (launch.warpgroups * ROWS)
     at_once = max(1, CLUSTERS[launch.cluster - 1] * problem.processors // CLUSTERS[0])
     chunks = padded(padded(problem.k, CHUNK_K) // CHUNK_K, launch.cluster) // launch.cluster
-    if problem.m <= ONE_SLAB_M:
-        return -(-groups // at_once) * chunks * (launch.warpgroups + STEP) + (launch.cluster - 1) * SETTLE
-    waves = -(-groups * -(-problem.m // SLAB) // at_once)
-    return waves * (chunks * (launch.warpgroups + SLAB_STEP) + launch.cluster * SLAB_SETTLE)
+    return -(-groups // at_once) * chunks * (launch.warpgroups + STEP) + (launch.cluster - 1) * SETTLE
 
 
 def run(call: PackedCall, problem: Problem, cut: GemmCut | None = None) -> Tensor:

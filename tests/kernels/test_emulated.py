@@ -32,6 +32,7 @@ from lowbit.quant.kernels import (
     wna16_dequantize,
     wna16_gemm,
     wna16_gemv,
+    wna16_prefill,
 )
 from lowbit.quant.kernels.choose_tokens import ChoiceCall, Cursor, Noise
 from lowbit.quant.kernels.decode_attention import AppendCall, AttentionCall
@@ -59,8 +60,8 @@ from tests.kernels.emulator.planted import built, require_found
 
 HALVES = (torch.float16, torch.bfloat16)
 GROUPS = (32, 64, 128, 256, -1)
-PRODUCTS = {"wna16_gemv": wna16_gemv, "wna16_gemm": wna16_gemm}  # by names, which a child process can be given
-ROWS = {wna16_gemm: ((1, 64), (65, 280)), wna16_gemv: ((1, 16),)}  # of x on Hopper, of one slab and of more
+PRODUCTS = {module.__name__.rpartition(".")[2]: module for module in (wna16_gemv, wna16_gemm, wna16_prefill)}
+ROWS = {wna16_gemm: ((1, 64),), wna16_gemv: ((1, 16),), wna16_prefill: ((1, 280),)}  # of x on Hopper
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +138,11 @@ def assert_next_norm(y: Tensor, norm: NextNorm) -> None:
 def random_launch(pick: random.Random, kernel: ModuleType, m: int, bits: int = 0) -> Any:
     """Any cut that the kernel has code for, of more blocks than there are chunks too."""
     if kernel is wna16_gemm:
-        return wna16_gemm.GemmCut(pick.choice(wna16_gemm.warpgroups_for(m)), pick.randint(1, 8))
+        return wna16_gemm.GemmCut(pick.choice(wna16_gemm.WARPGROUPS), pick.randint(1, 8))
+    if kernel is wna16_prefill:
+        return wna16_prefill.PrefillCut(
+            pick.choice(wna16_prefill.COLUMNS), pick.randint(1, 8), pick.choice([0, 1, 2, 5])
+        )
     row_warps, cluster, crowded = pick.choice([1, 2, 4]), pick.choice([1, 2, 3, 4]), m <= 8 and pick.random() < 0.5
     if crowded:
         room = pick.choice(wna16_gemv.CROWDS if bits == 4 else wna16_gemv.CROWDS[:1])
@@ -660,6 +665,7 @@ CHECKS = {
     "the names of fields and values": (check_names,),
     "wna16_gemv": (check_products, "wna16_gemv", range(60)),
     "wna16_gemm": (check_products, "wna16_gemm", range(40)),
+    "wna16_prefill": (check_products, "wna16_prefill", range(30)),
     "the cuts of wna16_gemv": (check_cuts_of_products, "wna16_gemv"),
     "the cuts of wna16_gemm": (check_cuts_of_products, "wna16_gemm"),
     "the same bits in every order": (check_schedules,),

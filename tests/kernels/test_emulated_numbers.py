@@ -77,6 +77,7 @@ def check_numbers(gpu: Gpu, check: str, streams: bool, *args: Any) -> None:
     [
         ("check_products", True, ("wna16_gemv", range(60))),
         ("check_products", False, ("wna16_gemm", range(12))),
+        ("check_products", False, ("wna16_prefill", range(12))),
         ("check_dequantize", True, (range(60),)),
     ],
 )

@@ -156,7 +156,7 @@ def test_every_cut_of_two_tiles_for_one_row(scheme: str, dtype: torch.dtype, roo
 def test_more_rows(scheme: str, dtype: torch.dtype) -> None:
     for n, k in ((160, 1280), (40, 96), (1000, 4128), (4096, 4096)):
         weight = make_float(scheme, n, k, dtype, "cuda")
-        for m in (1, 9, 17, 33, 64, 65, 130, 512):
+        for m in (1, 9, 17, 33, 64):
             for outliers in (False, True):
                 call = PackedCall(make_x(m, k, dtype, "cuda", outliers), weight)
                 check(call, wna16_gemm.run(call, call.problem()))

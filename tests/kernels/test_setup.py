@@ -64,7 +64,7 @@ def test_a_source_is_compiled_once_for_each_value_of_the_macros_that_it_names(se
     assert found["w8a8_cutlass.cu"] == [(*half, f"LOWBIT_TILE={tile}") for half in halves for tile in (0, 1)]
     assert found["w8a8_gemm.cu"] == [("LOWBIT_CODES=__nv_fp8_e4m3",), ("LOWBIT_CODES=int8_t",)]
     assert found["gptq_block.cu"] == found["bindings.cpp"] == [()]
-    hopper = {"w8a8_cutlass.cu", "w8a8_gemm.cu", "w4a8_gemm.cu", "wna16_gemm.cu", "dense_gemv.cu"}
+    hopper = {"w8a8_cutlass.cu", "w8a8_gemm.cu", "w4a8_gemm.cu", "wna16_gemm.cu", "wna16_prefill.cu", "dense_gemv.cu"}
     assert {unit.source for unit in units if unit.hopper} == hopper
 
 

@@ -1,8 +1,7 @@
 // Compiled once per (T, number): LOWBIT_T and LOWBIT_WHOLE come from units.py. Code for sm_90a alone; empty elsewhere.
 //
 // Design. W is the left operand of wgmma, dequantized in registers; x, up to 64 rows, is the right one, in shared
-// memory. So a weight is expanded once for any number of rows of x, and the tensor cores run at full rate. With more
-// rows of x, a block has a slab of 128 (blockIdx.z); the slabs read W one after another, mostly from L2. Each warp
+// memory. So a weight is expanded once for any number of rows of x, and the tensor cores run at full rate. Each warp
 // streams its own 16 rows of W, with their scales, through a ring of shared memory that the copy engine fills: one lane
 // requests the next slot as soon as the warp has read one. One more warpgroup loads x, which all others share, and
 // reorders it on the way: packed.py gives a lane eight adjacent inputs, wgmma needs two of each eight, and stmatrix
@@ -25,7 +24,7 @@ struct Wna16GemmLaunch {
   LOWBIT_STRUCT(Wna16GemmLaunch);
   FIELD(int, device);
   FIELD(int, groups_per_chunk);  // scales per row in 128 inputs; 0: a float with its factors alone
-  FIELD(int, warpgroups);        // multiplying warpgroups, with 64 rows of W each: 2 to 4, or 2 to 3 above 64 rows of x
+  FIELD(int, warpgroups);        // multiplying warpgroups, with 64 rows of W each: 2 to 4
   FIELD(int, cluster);           // blocks that split k
   FIELD(bool, dependent);        // launched with programmatic dependent launch
 };
@@ -49,10 +48,9 @@ struct Shape {
   static constexpr int kBatches = kColumns == 32 ? 3 : 4;
   static constexpr int kLoads = kBits / 2;  // 16-byte loads per lane and chunk
   static constexpr int kChunkBytes = kLoads * 512;
-  // Size of a warp's ring without scales and zeros; smaller if x takes the memory and each chunk takes long. A slot has
-  // words, then scales and zeros, of kSlotChunks chunks.
-  static constexpr int kRingBytes = kColumns == 128 ? 6144 : 8192;
-  static constexpr int kSlotChunks = (kColumns == 128 ? 8 : 16) / kBits;
+  // Size of a warp's ring without scales and zeros. A slot has words, then scales and zeros, of kSlotChunks chunks.
+  static constexpr int kRingBytes = 8192;
+  static constexpr int kSlotChunks = 16 / kBits;
   static constexpr int kSides = Number::kByteScales ? 2 : kGroups;  // words of a lane's scales
   static constexpr int kScaleRowBytes = (Number::kByteScales ? 16 : 32) * kGroups;
   static constexpr int kScaleBytes = kChannel ? 0 : kScaleRowBytes;
@@ -108,12 +106,6 @@ struct Share {
   __device__ explicit Share(const Wna16Args& args)
       : first(args.chunks * blockIdx.x / gridDim.x), end(args.chunks * (blockIdx.x + 1) / gridDim.x) {}
 };
-
-// This block's first row of x: column 0 of its sums.
-template <typename S>
-__device__ int first_row() {
-  return blockIdx.z * S::kColumns;
-}
 
 // A lane's scales and zeros of one chunk.
 template <typename S>
@@ -226,7 +218,7 @@ struct XProducer {
 
   __device__ XProducer(const Wna16Args& args, const Share& share, const Layout<S>& smem) {
     const int warp = threadIdx.x / 32 - S::kConsumers / 32, lane = threadIdx.x % 32;
-    const int row = first_row<S>() + lane / 4;
+    const int row = lane / 4;
     next = static_cast<const uint8_t*>(args.x) + int64_t(row) * args.k * 2 + share.first * (kChunkK * 2) + warp * 64 +
            lane % 4 * 16;
     target = smem.x + warp * 512 + lane * 16;
@@ -373,7 +365,7 @@ __device__ void store_partial(const Wna16Args& args, const Sums<S>& sums, float2
 #pragma unroll
   for (int e = 0; e < S::kColumns / 2; ++e) {
     const int column = e / 4 * 8 + lane % 4 * 2 + e % 2;
-    if (column >= args.m - first_row<S>()) continue;
+    if (column >= args.m) continue;
     partial[column * S::kPitch + row + e % 4 / 2 * 8] = sums[e] * (e % 4 / 2 ? scales.y : scales.x);
   }
 }
@@ -395,17 +387,15 @@ __device__ void sum_over_cluster(float* partial, int begin, int end) {
 // Sums over the cluster, each block its columns of y, then the epilogue.
 template <typename S>
 __device__ void finish_group(const Wna16Args& args, float* partial) {
-  const int first = first_row<S>(), columns = min(args.m - first, S::kColumns);
-  const int begin = columns * blockIdx.x / gridDim.x, end = columns * (blockIdx.x + 1) / gridDim.x;
+  const int begin = args.m * blockIdx.x / gridDim.x, end = args.m * (blockIdx.x + 1) / gridDim.x;
   if (gridDim.x > 1) {
     cluster_sync();
     sum_over_cluster<S>(partial, begin, end);
     cluster_arrive();
   }
   named_sync(1, S::kConsumers);
-  const auto sum_of = [&](int column, int row) { return partial[(column - first) * S::kPitch + row]; };
-  store_group<typename S::T, 4>(args, S::kTiles, first + begin, first + end, threadIdx.x / 32, S::kConsumers / 32,
-                                sum_of);
+  const auto sum_of = [&](int column, int row) { return partial[column * S::kPitch + row]; };
+  store_group<typename S::T, 4>(args, S::kTiles, begin, end, threadIdx.x / 32, S::kConsumers / 32, sum_of);
   if (gridDim.x > 1) cluster_wait();  // no block leaves while others read from it
 }
 
@@ -413,8 +403,8 @@ __device__ void finish_group(const Wna16Args& args, float* partial) {
 template <typename S>
 __device__ void ask_for_next_weight(const Wna16Args& args) {
   constexpr int kWarps = S::kConsumers / 32;
-  const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
-  const int warp = block * kWarps + threadIdx.x / 32, warps = gridDim.x * gridDim.y * gridDim.z * kWarps;
+  const int block = blockIdx.y * gridDim.x + blockIdx.x;
+  const int warp = block * kWarps + threadIdx.x / 32, warps = gridDim.x * gridDim.y * kWarps;
   const int part = part_of(args.next_bytes, warps);
   if (threadIdx.x % 32 == 0) prefetch_part(args.next_weight, args.next_bytes, warp, part);
 }
@@ -456,8 +446,7 @@ cudaError_t launch_shape(const Wna16Args& args, const Wna16GemmLaunch& launch, c
   const LaunchPlan plan = {
       .device = launch.device,
       .stream = stream,
-      .blocks = dim3(launch.cluster, (args.tiles + S::kTiles - 1) / S::kTiles,
-                     (args.m + S::kColumns - 1) / S::kColumns),
+      .blocks = dim3(launch.cluster, (args.tiles + S::kTiles - 1) / S::kTiles),
       .threads = dim3(S::kThreads),
       .shared_bytes = Layout<S>::kBytes,
       .cluster = launch.cluster,
@@ -468,7 +457,7 @@ cudaError_t launch_shape(const Wna16Args& args, const Wna16GemmLaunch& launch, c
 
 template <typename T, typename Number, bool kZeros, int kGroups, bool kChannel>
 cudaError_t launch_columns(const Wna16Args& args, const Wna16GemmLaunch& launch, cudaStream_t stream) {
-  const int columns = args.m <= 16 ? 16 : args.m <= 32 ? 32 : args.m <= 64 ? 64 : 128;
+  const int columns = args.m <= 16 ? 16 : args.m <= 32 ? 32 : 64;
   switch (columns * 10 + launch.warpgroups) {
     case 162: return launch_shape<Shape<T, Number, kZeros, kGroups, kChannel, 16, 2>>(args, launch, stream);
     case 163: return launch_shape<Shape<T, Number, kZeros, kGroups, kChannel, 16, 3>>(args, launch, stream);
@@ -479,8 +468,6 @@ cudaError_t launch_columns(const Wna16Args& args, const Wna16GemmLaunch& launch,
     case 642: return launch_shape<Shape<T, Number, kZeros, kGroups, kChannel, 64, 2>>(args, launch, stream);
     case 643: return launch_shape<Shape<T, Number, kZeros, kGroups, kChannel, 64, 3>>(args, launch, stream);
     case 644: return launch_shape<Shape<T, Number, kZeros, kGroups, kChannel, 64, 4>>(args, launch, stream);
-    case 1282: return launch_shape<Shape<T, Number, kZeros, kGroups, kChannel, 128, 2>>(args, launch, stream);
-    case 1283: return launch_shape<Shape<T, Number, kZeros, kGroups, kChannel, 128, 3>>(args, launch, stream);
     default: return cudaErrorInvalidValue;
   }
 }

@@ -39,6 +39,8 @@ void together(const char* operation, const void* in, size_t in_bytes, void* out,
 
 // Waits until `threads` threads of the block have come to its barrier of that number.
 void sync(int barrier, int threads);
+// Comes to it, without waiting.
+void arrive(int barrier, int threads);
 
 void cluster_arrive();
 void cluster_wait();
@@ -61,8 +63,11 @@ struct Copy {
 };
 void barrier_init(uint32_t barrier, int arrivals);
 void barrier_arrive(uint32_t barrier, uint32_t bytes);
+void barrier_arrive_at(uint32_t barrier, uint32_t rank);
 void barrier_wait(uint32_t barrier, uint32_t parity);
 void copy(const Copy& copy);
+// To the memory of block `rank` of the cluster, whose barrier counts it.
+void copy(const Copy& copy, uint32_t rank);
 // Writes to the memory of block `rank` of the cluster, whose barrier counts the bytes.
 void send(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier, uint32_t rank);
 // A thread's own copies of 16 bytes: the target holds NaN until the thread waits for them all.
@@ -75,6 +80,7 @@ inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7)
 void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bfloat16);
 void multiply_bytes(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 void multiply_later(float* c, int columns, const uint32_t (&a)[4], uint64_t b, bool add, bool bfloat16);
+void multiply_halves_later(float* c, int columns, const uint32_t (&a)[4], uint32_t b, bool add, bool bfloat16);
 void multiply_bytes_later(int* c, int columns, const uint32_t (&a)[4], uint32_t b, bool add);
 template <typename Operand, typename Sum>
 void multiply_shared_later(Sum* c, int columns, uint32_t a, uint32_t b);

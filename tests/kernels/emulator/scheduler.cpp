@@ -376,13 +376,19 @@ void together(const char* operation, const void* in, size_t in_bytes, void* out,
   if (out_bytes > 0) memcpy(out, group.out[lane], out_bytes);
 }
 
-void sync(int barrier, int threads) {
+void arrive(int barrier, int threads) {
   Meeting& meeting = fiber->block->meetings[barrier];
-  const uint64_t mine = meeting.turn;
   ++progress;
-  if (++meeting.arrived < threads) return wait_until([&] { return meeting.turn != mine; });
+  if (++meeting.arrived < threads) return;
   meeting.arrived = 0;
   ++meeting.turn;
+}
+
+void sync(int barrier, int threads) {
+  const Meeting& meeting = fiber->block->meetings[barrier];
+  const uint64_t mine = meeting.turn;
+  arrive(barrier, threads);
+  wait_until([&] { return meeting.turn != mine; });
 }
 
 void cluster_arrive() {
@@ -430,17 +436,26 @@ void barrier_arrive(uint32_t address, uint32_t bytes) {
   settle(barrier);
 }
 
+void barrier_arrive_at(uint32_t address, uint32_t rank) {
+  shared_at(address, 8, rank);
+  Barrier& barrier = barrier_at(cluster->blocks[rank], address);
+  --barrier.pending;
+  settle(barrier);
+}
+
 void barrier_wait(uint32_t address, uint32_t parity) {
   const Barrier& barrier = barrier_at(*fiber->block, address);
   wait_until([&] { return (barrier.phase & 1) != parity; });
 }
 
-void copy(const Copy& copy) {
+void copy(const Copy& copy) { emulator::copy(copy, fiber->block->rank); }
+
+void copy(const Copy& copy, uint32_t rank) {
   const uint32_t alignment = copy.pitch == 0 ? 16 : copy.swizzled ? 1024 : 128;
   if (copy.target % alignment || reinterpret_cast<uintptr_t>(copy.source) % 16 || copy.bytes % 16)
     fail("a copy of %u bytes from %p to %u: not aligned", copy.bytes, copy.source, copy.target);
-  memset(shared_at(copy.target, copy.bytes), 0xff, copy.bytes);
-  cluster->flights.push_back({fiber->block, copy});
+  memset(shared_at(copy.target, copy.bytes, rank), 0xff, copy.bytes);
+  cluster->flights.push_back({&cluster->blocks[rank], copy});
   ++progress;
 }
 

@@ -100,6 +100,19 @@ void multiply_later(float* c, int columns, const uint32_t (&a)[4], uint64_t b, b
   });
 }
 
+void multiply_halves_later(float* c, int columns, const uint32_t (&a)[4], uint32_t b, bool add, bool bfloat16) {
+  later([=, thread = threadIdx.x, rows = gather_rows(a)] {
+    for (int i = 0; i < columns / 2; ++i) {
+      const uint32_t right = b + column_of(i, thread) * 128;
+      float sum = add ? c[i] : 0.f;
+      for (int k = 0; k < 16; ++k)
+        sum += left_at(rows.bytes[0], sizeof(rows.bytes[0]), high_of(i), k, bfloat16) *
+               half_at(shared_at(swizzled(right + k * 2), 2), bfloat16);
+      c[i] = sum;
+    }
+  });
+}
+
 void multiply_bytes_later(int* c, int columns, const uint32_t (&a)[4], uint32_t b, bool add) {
   later([=, thread = threadIdx.x, rows = gather_rows(a)] {
     for (int i = 0; i < columns / 2; ++i) {

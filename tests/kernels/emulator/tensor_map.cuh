@@ -38,15 +38,19 @@ inline void prefetch_map(const CUtensorMap&) {}
 
 enum class Reuse { kNone, kSome };
 
-template <Reuse>
-void copy_box(uint32_t smem, const CUtensorMap& map, int place, int row, uint32_t barrier) {
+inline emulator::Copy copy_of(uint32_t smem, const CUtensorMap& map, int place, int row, uint32_t barrier) {
   Matrix matrix;
   memcpy(&matrix, &map, sizeof(matrix));
   const int rows = std::clamp(matrix.rows - row, 0, matrix.box_rows), byte = place * matrix.element_bytes;
   const int row_bytes = std::clamp(matrix.row_bytes - byte, 0, matrix.box_bytes);
   const uint8_t* source = matrix.data + int64_t(row) * matrix.pitch + byte;
-  emulator::copy({smem, uint32_t(matrix.box_rows * matrix.box_bytes), barrier, source, rows, int(matrix.pitch),
-                  row_bytes, matrix.box_bytes, matrix.swizzled});
+  return {smem, uint32_t(matrix.box_rows * matrix.box_bytes), barrier, source, rows, int(matrix.pitch), row_bytes,
+          matrix.box_bytes, matrix.swizzled};
+}
+
+template <Reuse>
+void copy_box(uint32_t smem, const CUtensorMap& map, int place, int row, uint32_t barrier) {
+  emulator::copy(copy_of(smem, map, place, row, barrier));
 }
 
 }  // namespace lowbit
