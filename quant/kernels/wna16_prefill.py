@@ -56,7 +56,8 @@ def parts_of(columns: int, problem: Problem) -> int:
 
 def cuts_of(problem: Problem) -> list[PrefillCut]:
     """Every cut that may be the best: all parts whole, or those of the last waves shared."""
-    cuts, most = {}, max(problem.processors // 2, 1)
+    cuts: dict[PrefillCut, None] = {}
+    most = max(problem.processors // 2, 1)
     for columns, sharers, waves in product(COLUMNS, range(MOST_SHARERS + 1), (0, 1, 2)):
         parts = parts_of(columns, problem)
         clusters = min(sharers * parts, most) if sharers else most
