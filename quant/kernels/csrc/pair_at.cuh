@@ -56,7 +56,8 @@ template <typename T>
 struct PairAt<T, Fp4> {
   static constexpr int kSigns = 0x2130;  // from the lowest digit: by how much the signs of each pair are shifted
   __device__ static uint32_t of(const uint32_t* words, int i, NoZeros) {
-    const uint32_t up = words[0] << (3 * i), bits = std::is_same_v<T, __half> ? up & 0x0e000e00u : up >> 3 & 0x01c001c0u;
+    const uint32_t up = words[0] << (3 * i);
+    const uint32_t bits = std::is_same_v<T, __half> ? up & 0x0e000e00u : up >> 3 & 0x01c001c0u;
     return and_or(words[0] << (kSigns >> (4 * i) & 3), 0x80008000u, bits);
   }
 };

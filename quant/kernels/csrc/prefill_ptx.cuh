@@ -16,7 +16,8 @@ __device__ inline void write_shared(uint32_t address, const uint4& value) {
 }
 
 // Stores two matrices of halves, as mma's sums have them once rounded, transposed: lane l's registers have columns
-// 2 (l % 4) and 2 (l % 4) + 1 of row l / 4; the address from lane 8 i + r is that of the 16 bytes of matrix i's column r.
+// 2 (l % 4) and 2 (l % 4) + 1 of row l / 4; the address from lane 8 i + r is that of the 16 bytes of matrix i's column
+// r.
 __device__ inline void store_transposed(uint32_t address, uint32_t first, uint32_t second) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(address), "r"(first), "r"(second)
@@ -54,8 +55,8 @@ __device__ inline void named_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// Arrives at the barrier of block `rank` of this cluster, which must have begun and not have left. With .release.cluster
-// it would wait for all of the GPU (MEMBAR.ALL.GPU).
+// Arrives at the barrier of block `rank` of this cluster, which must have begun and not have left. With
+// .release.cluster it would wait for all of the GPU (MEMBAR.ALL.GPU).
 __device__ inline void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(barrier, rank)) : "memory");

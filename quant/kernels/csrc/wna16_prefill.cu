@@ -1,14 +1,14 @@
 // Compiled once per (T, number): LOWBIT_T and LOWBIT_WHOLE come from units.py. Code for sm_90a alone; empty elsewhere.
 //
-// Design. y^T = W x^T by parts: 128 rows of W a block, 128, 192 or 256 rows of x. W is wgmma's left operand, expanded in
-// registers, x the right one, in shared memory. The copy engine brings both, in stages of 64 inputs: x in its plain order
-// under the 128-byte swizzle, W's words, scales and zeros as one box each. Two blocks of a cluster have the same rows of
-// x: each asks for half of them, for both. A word of the packed layout has eight adjacent inputs of a row, of which wgmma
-// wants two from each of four lanes: every lane reads the words of all four and takes its own pair, which a shift brings
-// in place, so that neither x nor W has a second order. Two warpgroups multiply, with 64 rows of W each: while one
-// stage's products run, the next one's words are expanded. A third warpgroup asks for boxes and leaves its registers to
-// these two. Clusters take one part after another, and share what is left; a warpgroup's sums leave through shared memory
-// of its own, beside the ring, while the next part's boxes come.
+// Design. y^T = W x^T by parts: 128 rows of W a block, 128, 192 or 256 rows of x. W is wgmma's left operand, expanded
+// in registers, x the right one, in shared memory. The copy engine brings both, in stages of 64 inputs: x in its plain
+// order under the 128-byte swizzle, W's words, scales and zeros as one box each. Two blocks of a cluster have the same
+// rows of x: each asks for half of them, for both. A word of the packed layout has eight adjacent inputs of a row, of
+// which wgmma wants two from each of four lanes: every lane reads the words of all four and takes its own pair, which a
+// shift brings in place, so that neither x nor W has a second order. Two warpgroups multiply, with 64 rows of W each:
+// while one stage's products run, the next one's words are expanded. A third warpgroup asks for boxes and leaves its
+// registers to these two. Clusters take one part after another, and share what is left; a warpgroup's sums leave
+// through shared memory of its own, beside the ring, while the next part's boxes come.
 #include "declare.cuh"
 #include "epilogue.cuh"
 #include "launch.cuh"
@@ -39,7 +39,7 @@ constexpr int kGroupTiles = 4, kTiles = kWarpgroups * kGroupTiles;  // of W, for
 constexpr int kSteps = 2;                                        // of 64 inputs, in a chunk
 constexpr int kSpan = 64, kFew = 32;                             // columns that leave at once, as halves and as floats
 constexpr int kMostShared = 227 << 10;
-constexpr int kLeft = 1 + kWarpgroups, kLeaving = 128 + 32;      // named barriers of sums that were left; threads at one
+constexpr int kLeft = 1 + kWarpgroups, kLeaving = 128 + 32;  // named barriers of sums that were left; threads at one
 
 template <typename T_, typename Number_, bool kZeros_, int kGroups_, bool kChannel_, int kColumns_>
 struct Shape {
@@ -58,7 +58,7 @@ struct Shape {
   static constexpr int kXBytes = kColumns * kBoxBytes, kWordBytes = kTiles * kStepWords * 4;
   static constexpr int kScaleBytes = kTiles * kScaleWords * 4, kZeroBytes = kTiles * kZeroWords * 4;
   static constexpr int kStageBytes = kXBytes + kWordBytes + kScaleBytes + kZeroBytes;
-  static constexpr int kPitch = kGroupTiles * kTileRows * 2 + 16;  // bytes between columns that leave: no bank conflicts
+  static constexpr int kPitch = kGroupTiles * kTileRows * 2 + 16;  // bytes between columns that leave
   static constexpr int kLeaveBytes = kPitch * kSpan;               // of a warpgroup
   static constexpr int kPadded = (kStageBytes + 1023) / 1024 * 1024;  // the swizzle counts from multiples of 1024
   static constexpr int kStages = (kMostShared - 1024 - 256 - kWarpgroups * kLeaveBytes) / kPadded;
@@ -175,8 +175,10 @@ struct Words {
 #pragma unroll
     for (int load = 0; load < S::kLoads; ++load)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        parts[load][i] = read_shared<uint4>(room.words(stage) + (tile * S::kStepWords + load * 128 + row * 16 + i * 4) * 4);
+      for (int i = 0; i < 4; ++i) {
+        const int word = tile * S::kStepWords + load * 128 + row * 16 + i * 4;
+        parts[load][i] = read_shared<uint4>(room.words(stage) + word * 4);
+      }
     const int group = S::kGroups == 1 ? 0 : step % 2 * S::kStepGroups;
     if (Number::kByteScales) {
       const int side = (tile * 8 + row) * S::kGroups * 2 + step % 2 * 4;
@@ -360,8 +362,8 @@ struct Leaving {
   }
 };
 
-// Calls use(place in shared memory, index in y) for each 16 bytes of kSpan rows of y from `column` on. Of a tile two such
-// pieces are in a row, gated one.
+// Calls use(place in shared memory, index in y) for each 16 bytes of kSpan rows of y from `column` on. Of a tile two
+// such pieces are in a row, gated one.
 template <typename S, bool kGated, typename Use>
 __device__ void for_pieces(const Leaving<S>& to, int column, Use use) {
   constexpr int kOfTile = kGated ? 1 : 2, kPieces = kGroupTiles * kOfTile, kAtOnce = 128 / kPieces;
