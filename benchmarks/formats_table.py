@@ -60,7 +60,7 @@ METHODS |= {
     "rtn int4-afp8": {"method": "rtn", "scheme": "int4-g64-afp8token"},
     "int8 head int8": {"method": "int8", "head": "int8", **FEW},
     "int8 cache fp8": {"method": "int8", "kv_cache": "fp8", **FEW},
-    "rtn attention-fp8-mlp-nvfp4-a16": {"method": "rtn", "scheme": "attention-fp8-mlp-nvfp4-a16"},
+    "attention-fp8-mlp-nvfp4-a16": {"method": "rtn", "scheme": "attention-fp8-mlp-nvfp4-a16"},
 }
 BLOCKS = ("rtn fp8-block",)  # of a random model, since blocks of 128 divide no linear of the demo
 METHODS |= {name: {"method": "rtn", "scheme": "fp8-block"} for name in BLOCKS}

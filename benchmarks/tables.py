@@ -925,7 +925,8 @@ def readers() -> str:
     def text(row: Row | None) -> str:
         if row is None:
             return ""
-        return f"error {errors.index(row['error']) + 1}" if row["error"] else fixed(row["perplexity"], 3)
+        places = 3 if (row["perplexity"] or 0) < 1e4 else 0
+        return f"error {errors.index(row['error']) + 1}" if row["error"] else fixed(row["perplexity"], places)
 
     lines = []
     for name in sorted({name for name, _ in cells}):
