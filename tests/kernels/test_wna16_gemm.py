@@ -141,6 +141,22 @@ def test_gated_and_rotated(m: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @hopper
+@pytest.mark.parametrize(("m", "warpgroups"), [(m, w) for m in (9, 32, 50, 64) for w in WARPGROUPS])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_with_all_of_k_and_no_residual(m: int, warpgroups: int, dtype: torch.dtype) -> None:
+    x, bias = make_x(m, 512, dtype, "cuda"), make_x(1, 616, dtype, "cuda")[0]
+    for n, pair_block, activations in ((616, 16, ("none", "gelu", "quick_gelu")), (608, 608, ("silu_mul",))):
+        weight = make_packed(n, 512, dtype=dtype, device="cuda", pair_block=pair_block)
+        weight = replace(weight, scales=weight.scales / 8)
+        for activation in activations:
+            for added in (None, bias[:n].contiguous()):
+                call = PackedCall(x, weight, added, activation=activation)
+                y = run(call, call.problem(), GemmCut(warpgroups, 1))
+                assert_devices_agree(y, ops.linear(on_cpu(call)))
+
+
+@pytest.mark.gpu
+@hopper
 @pytest.mark.parametrize("m", [48, 64])
 @pytest.mark.parametrize("launch", [GemmCut(3, 1), GemmCut(3, 5), GemmCut(2, 8)])
 def test_the_same_bits_every_time(m: int, launch: GemmCut) -> None:

@@ -6,7 +6,8 @@
 // requests the next slot as soon as the warp has read one. One more warpgroup loads x, which all others share, and
 // reorders it on the way: packed.py gives a lane eight adjacent inputs, wgmma needs two of each eight, and stmatrix
 // converts one to the other. Blocks of a cluster split k; each sums its columns of y from the others' shared memory, in
-// rank order. W's stream starts before the previous kernel has finished: W is constant, x is not.
+// rank order. A block with all of k and no residual rounds its sums where they are, and stmatrix turns them into rows
+// of y. W's stream starts before the previous kernel has finished: W is constant, x is not.
 //
 // Tried and slower on one H100 (docs/kernels/wna16_gemm.md has figures): scales read to registers one chunk ahead
 // (every chunk waited for DRAM), x requested one chunk ahead, two blocks of two warpgroups per multiprocessor, sums
@@ -399,6 +400,62 @@ __device__ void finish_group(const Wna16Args& args, float* partial) {
   if (gridDim.x > 1) cluster_wait();  // no block leaves while others read from it
 }
 
+// True if y is made of the lanes' own sums: the block has all of k, and y has no other operands than a bias.
+__device__ inline bool stores_from_registers(const Wna16Args& args) {
+  return gridDim.x == 1 && args.vectors && args.residual == nullptr && args.positions == nullptr && !args.float32_out;
+}
+
+// The bias of row `row` of W, or 0.
+template <typename T>
+__device__ float bias_of(const Wna16Args& args, int row) {
+  return args.bias != nullptr && row < args.n ? to_float(static_cast<const T*>(args.bias)[row]) : 0.f;
+}
+
+// y of the block from its sums: matrices of 8 rows of W by 8 of x are transposed on their way to shared memory, whose
+// rows then leave 16 bytes a lane. A tile has two such matrices for 8 rows of x; gated it has one.
+template <typename S, bool kGated>
+__device__ void store_from_registers(const Wna16Args& args, const Sums<S>& sums, float2 scales, const uint8_t* smem) {
+  using T = typename S::T;
+  constexpr int kOfTile = kGated ? 1 : 2, kPieces = S::kTiles * kOfTile, kPitchBytes = kPieces * 16 + 16;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int n = kGated ? args.n / 2 : args.n, first_piece = blockIdx.y * kPieces;
+  const int low = (first_piece + warp * kOfTile) * 8 + lane / 4;
+  const float2 bias = {bias_of<T>(args, low), bias_of<T>(args, low + (kGated ? n : 8))};
+  const int second = lane / 8 % 2;  // of the two matrices that a warp stores at once
+  const uint32_t rows = smem_address(smem) + ((kGated ? second * 8 : 0) + lane % 8) * kPitchBytes;
+  const uint32_t place = rows + warp * (kOfTile * 16) + (kGated ? 0 : second * 16);
+  uint32_t before = 0;
+#pragma unroll
+  for (int block = 0; block < S::kColumns / 8; ++block) {
+    float low_sums[2], high_sums[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      low_sums[i] = sums[block * 4 + i] * scales.x + bias.x;
+      high_sums[i] = sums[block * 4 + 2 + i] * scales.y + bias.y;
+    }
+    if constexpr (kGated) {
+      const uint32_t pair = pair_of<T>(silu(low_sums[0]) * high_sums[0], silu(low_sums[1]) * high_sums[1]);
+      if (block % 2) store_transposed(place + (block - 1) * 8 * kPitchBytes, before, pair);
+      before = pair;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2 && args.activation != Activation::none; ++i) {
+        low_sums[i] = activate(args.activation, low_sums[i]);
+        high_sums[i] = activate(args.activation, high_sums[i]);
+      }
+      store_transposed(place + block * 8 * kPitchBytes, pair_of<T>(low_sums[0], low_sums[1]),
+                       pair_of<T>(high_sums[0], high_sums[1]));
+    }
+  }
+  named_sync(1, S::kConsumers);
+  for (int i = threadIdx.x; i < S::kColumns * kPieces; i += S::kConsumers) {
+    const int column = i / kPieces, piece = i % kPieces, row = (first_piece + piece) * 8;
+    if (row >= n || column >= args.m) continue;
+    T* target = static_cast<T*>(args.y) + static_cast<int64_t>(column) * n + row;
+    *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(smem + column * kPitchBytes + piece * 16);
+  }
+}
+
 // At the end of a warp's loop: earlier, the prefetch would compete with this product's own weight.
 template <typename S>
 __device__ void ask_for_next_weight(const Wna16Args& args) {
@@ -434,9 +491,15 @@ __global__ void __launch_bounds__(S::kThreads, 1) wna16_gemm_kernel(const __grid
   if (share.first < share.end) consume<S>(share, layout, stream, sums);
   else clear<S>(sums);
   ask_for_next_weight<S>(args);
-  float* partial = reinterpret_cast<float*>(smem);
+  const float2 scales = stream.channel_scales(args);
   named_sync(1, S::kConsumers);  // no warp reads the rings any more
-  store_partial<S>(args, sums, stream.channel_scales(args), partial);
+  if (stores_from_registers(args)) {
+    if (args.activation == Activation::silu_mul) store_from_registers<S, true>(args, sums, scales, smem);
+    else store_from_registers<S, false>(args, sums, scales, smem);
+    return;
+  }
+  float* partial = reinterpret_cast<float*>(smem);
+  store_partial<S>(args, sums, scales, partial);
   finish_group<S>(args, partial);
 #endif
 }
