@@ -495,7 +495,11 @@ VLLM = {
     "w8": ("W8A16, per channel", "Marlin"),
     "w8a8": ("W8A8, per token", "CUTLASS"),
 }
-VLLM_H200 = {"w4 lowbit": "W4A16, groups of 128", "fp8 lowbit": "FP8, per channel and token"}
+VLLM_H200 = {
+    "w4 marlin": ("W4A16, groups of 128", "Marlin"),
+    "w4 lowbit": ("W4A16, groups of 128", "ours"),
+    "fp8 lowbit": ("FP8, per channel and token", "ours"),
+}
 
 
 def vllm() -> str:
@@ -509,16 +513,18 @@ def vllm() -> str:
 
 def vllm_h200() -> str:
     """Milliseconds of a step inside vLLM on an H200."""
-    found = [row for row in rows("vllm") if row.get("gpu") == "NVIDIA H200" and "engine" in row]
-    lines = [
-        [
-            VLLM_H200[row["engine"]],
-            "yes" if row["prefetch"] else "no",
-            *(fixed(row["step_ms"][b], 2) for b in ("1", "8")),
-        ]
-        for row in found
-    ]
-    return table("checkpoint | next weight prefetched | batch 1 | batch 8", lines)
+
+    def line(row: Row) -> Iterable[str]:
+        checkpoint, kernels = VLLM_H200[row["engine"]]
+        yield from (checkpoint, kernels if row.get("prefetch", True) else f"{kernels}, next weight not prefetched")
+        for batch, ms in row["step_ms"].items():
+            every = row.get("steps_ms", {}).get(batch)
+            spread = f" ({fixed(min(every), 2)} to {fixed(max(every), 2)})" if every else ""
+            yield fixed(ms, 2) + spread
+        yield row["commit"]
+
+    found = [row for row in rows("vllm") if row.get("gpu") == H200 and "engine" in row]
+    return table("checkpoint | kernels | batch 1 | batch 8 | at", map(line, found))
 
 
 def vllm_schemes() -> str:
@@ -830,7 +836,8 @@ def attention() -> str:
     """Attention over each type of cache, and its share of the read floor."""
 
     def cell(cache: str, kv_heads: int, batch: int, length: int) -> str:
-        row = first("decode_attention", cache=cache, kv_heads=kv_heads, batch=batch, length=length, commit=NEWER)
+        sizes = {"kv_heads": kv_heads, "batch": batch, "length": length}
+        row = first("decode_attention", cache=cache, commit=ATTENDED, **sizes)
         best = min(row["us"], row.get("dependent_us", row["us"]))
         return f"{fixed(best, 1)} ({fixed(100 * row['floor_us'] / best, 0)}%)"
 
@@ -964,7 +971,8 @@ def rounding() -> str:
     return table("device | cores | at | seconds, median | of all runs | processor time", lines)
 
 
-NEWER, FIRST = "2da1ecf", "a8e4787"  # the commits of ENGINE's rows of an H200: of steps, and of first tokens
+# The commits of rows of an H200: of steps, of attention alone, and of first tokens.
+NEWER, ATTENDED, FIRST = "7f86cd1", "2da1ecf", "a8e4787"
 H200_SHAPES = (
     ("Llama-2-7B, W4", "llama2-7b", "w4", "float16", "same"),
     ("the same, int8 cache", "llama2-7b", "w4", "float16", "int8"),
