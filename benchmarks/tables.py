@@ -466,6 +466,19 @@ def drafts() -> str:
     return table(head, lines)
 
 
+DRAFTED = {"llama2-7b": "Llama-2-7B", "llama3-8b": "Llama-3-8B", "llama2-13b": "Llama-2-13B"}
+
+
+def draft_steps() -> str:
+    """Steps that check several rows of one sequence, beside those of one."""
+    lines = []
+    for shape, name in DRAFTED.items():
+        for positions in (128, 1900):
+            ms = [first("draft_steps", shape=shape, positions=positions, rows=n)["ms"] for n in (1, 2, 4, 8)]
+            lines.append([name, str(positions), *(fixed(each, 3) for each in ms), fixed(ms[-1] / ms[0], 2)])
+    return table("W4 | positions | 1 row, ms | 2 | 4 | 8 | 8 over 1", lines)
+
+
 def spread(row: Row) -> str:
     return f"{fixed(min(row['block_s_all']), 1)} to {fixed(max(row['block_s_all']), 1)}"
 
@@ -516,7 +529,8 @@ def vllm_h200() -> str:
 
     def line(row: Row) -> Iterable[str]:
         checkpoint, kernels = VLLM_H200[row["engine"]]
-        yield from (checkpoint, kernels if row.get("prefetch", True) else f"{kernels}, next weight not prefetched")
+        without = "" if row.get("prefetch", True) else ", next weight not prefetched"
+        yield from (checkpoint, kernels + without + ", in company" * row.get("shared_gpu", False))
         for batch, ms in row["step_ms"].items():
             every = row.get("steps_ms", {}).get(batch)
             spread = f" ({fixed(min(every), 2)} to {fixed(max(every), 2)})" if every else ""
@@ -1235,6 +1249,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "first_token": first_token,
     "lookup": lookup,
     "drafts": drafts,
+    "draft_steps": draft_steps,
     "calibrate": calibrate,
     "readers": readers,
     "vllm": vllm,
