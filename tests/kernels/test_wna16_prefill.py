@@ -36,8 +36,9 @@ PROMPT = replace(ON_H100, m=512)
 FLOATS = ("fp8-a16", "fp8-block-a16", "mxfp8-a16", "mxfp4-a16", "nvfp4-a16")
 
 
-def test_few_rows_streams_and_other_gpus_are_declined() -> None:
+def test_few_and_very_many_rows_streams_and_other_gpus_are_declined() -> None:
     assert reason_against(replace(PROMPT, m=64)) == "64 rows: it is for more than 64"
+    assert reason_against(replace(PROMPT, m=8192)) == "8192 rows: wna16_dequantize is faster"
     assert reason_against(replace(PROMPT, bits=3)) == "3 bits: it takes 4 and 8"
     assert reason_against(replace(PROMPT, capability=(8, 9))) == "it is for sm_90, the GPU is sm_89"
     assert reason_against(replace(PROMPT, capability=None, device="cpu")) == "the tensors are on the cpu"
