@@ -838,6 +838,46 @@ def int4_by_int8() -> str:
     return table(f"n x k | {' | '.join(f'm = {m}' for m in W4A8_ROWS)}", lines)
 
 
+W4A8_PEERS = (
+    ("ours", {"ours": True, "part": "product"}),
+    ("rounded", {"ours": True, "part": "rounding + product"}),
+    ("Marlin", {"kernel": "vllm marlin int8"}),
+    ("CUTLASS", {"kernel": "vllm cutlass fp8"}),
+    ("Humming", {"kernel": "humming int8"}),
+    ("ours, 16", {"ours": True, "part": "product of halves"}),
+    ("Marlin, 16", {"kernel": "vllm marlin w4"}),
+    ("Machete, 16", {"kernel": "vllm machete w4"}),
+    ("Humming, 16", {"kernel": "humming"}),
+)
+
+
+def w4a8_peers() -> str:
+    """Products of int4 with rows in 8 bits and in half precision, ours and other libraries', us."""
+    lines, stem = [], "w4a8_peers"
+    for n, k in sorted({(row["n"], row["k"]) for row in rows(stem)}):
+        for m in (16, 32, 64):
+            found = (matching(stem, n=n, k=k, m=m, **wanted) for _, wanted in W4A8_PEERS)
+            lines.append([f"{n} x {k}", str(m), *(fixed(each[0]["us"], 1) if each else "" for each in found)])
+    return table(f"n x k | rows | {' | '.join(name for name, _ in W4A8_PEERS)}", lines)
+
+
+def prompt_peers() -> str:
+    """Prompts of 192 to 1024 rows with int4 weights, ours and other libraries', us, and ours over the fastest."""
+    stem, peers = "prompt_peers", {"vllm machete w4": "Machete", "vllm marlin w4": "Marlin", "humming": "Humming"}
+    lines = []
+    for n, k in sorted({(row["n"], row["k"]) for row in rows(stem)}):
+        for m in (192, 256, 512, 1024):
+            size = {"n": n, "k": k, "m": m}
+            ours = first(stem, chosen=True, **size)["us"]
+            theirs = [first(stem, kernel=kernel, **size)["us"] for kernel in peers]
+            dense = first(stem, kernel="cublas", **size)["us"]
+            cells = (three_digits(each) for each in (ours, *theirs, dense))
+            lines.append([f"{n} x {k}", str(m), *cells, fixed(ours / min(theirs), 2)])
+    return table(
+        f"n x k | rows of x | ours | {' | '.join(peers.values())} | cuBLAS, dense weight | of the fastest", lines
+    )
+
+
 def fp8_blocks() -> str:
     return by_rows_of_x("w8a8_blocks", BLOCK_KERNELS)
 
@@ -1267,6 +1307,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "w8a8_fp8": fp8_products,
     "w8a8_blocks": fp8_blocks,
     "w4a8_gemm": int4_by_int8,
+    "w4a8_peers": w4a8_peers,
+    "prompt_peers": prompt_peers,
     "decode_attention": attention,
     "wna16_gemm": gemm,
     "wna16_prefill": prefill,
