@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
+import torch
 from torch import Tensor
 
 from lowbit.quant.kernels import panels
@@ -145,9 +146,11 @@ def crowded_cut(problem: Problem, most: int = CROWDS[-1]) -> GemvCut | None:
 
 def paired_cut(problem: Problem) -> GemvCut | None:
     """The launch with two tiles per warp, for one row of x and integers of 2 or 3 bits or floats of 4. None where it
-    would leave more than a third of a multiprocessor's warps out."""
+    would leave more than a third of a multiprocessor's warps out, and for 3 bits in float16, whose sums it rounds too
+    coarsely: see docs/kernels/wna16_gemv.md."""
     is_fp4 = problem.is_float and problem.bits == 4
-    if problem.m > 1 or problem.panels or not (is_fp4 or problem.bits <= 3):
+    is_few = problem.bits == 2 or (problem.bits == 3 and problem.dtype == torch.bfloat16)
+    if problem.m > 1 or problem.panels or not (is_fp4 or is_few):
         return None
     groups, chunks = -(-problem.n // (2 * TILE_ROWS)), -(-problem.k // CHUNK_K)
     cuts = [cut for room in (CROWDS if is_fp4 else (CROWD,)) for cut in cuts_of_room(problem, room, 2)]
