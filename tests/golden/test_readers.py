@@ -55,6 +55,9 @@ W4 = [
 INSIDE = ("int4-g32", "uint4-g32", "int4-channel", "int8-channel", "int8-g64", "int2-g32", "int3-g32", "int5-g64")
 INSIDE += ("int6-channel", "int7-g32", *(scheme for _, scheme in W8A8 + FP8[1:]), "fp8-a16", "fp8-block-a16")
 INSIDE += ("nvfp4", "nvfp4-a16", "mxfp4", "mxfp4-a16", "mxfp8-a16")
+# numbers of processes and schemes of our linears that they share
+SPLIT = [(2, text) for text in ("int4-g32", "uint4-channel", "int8-channel-a8tensor", "int3-g32", "mxfp4-a16")]
+SPLIT += [(4, text) for text in ("int4-g32", "int2-g32", "nvfp4-a16", "fp8-a16")]
 EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"method": "rtn", "group_size": 32},
     "qwen3_moe": {"method": "rtn", "bits": 8, "group_size": -1},
@@ -236,10 +239,11 @@ def layers_in_vllm(directory: Path, text: str, tensors: dict[str, torch.Tensor])
     return load_file(directory / "out")
 
 
-@pytest.mark.parametrize("text", ["int4-g32", "uint4-channel", "int8-channel-a8tensor"])
-def test_our_linears_split_between_two_processes_of_vllm(tmp_path, text):
+@pytest.mark.parametrize(("processes", "text"), SPLIT)
+def test_our_linears_split_between_processes_of_vllm(tmp_path, processes, text):
     directory = quantized(tmp_path / "m", "compressed-tensors", text)
-    found = found_by("vllm", "vllm-lowbit", directory, "--split", "2", VLLM_CPU_OMP_THREADS_BIND="0|1")
+    cores = "|".join("0101"[:processes])
+    found = found_by("vllm", "vllm-lowbit", directory, "--split", str(processes), VLLM_CPU_OMP_THREADS_BIND=cores)
     require_same(found, meant(directory))
 
 
