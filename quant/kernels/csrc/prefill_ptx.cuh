@@ -15,26 +15,6 @@ __device__ inline void write_shared(uint32_t address, const uint4& value) {
                : "memory");
 }
 
-// Stores two matrices of halves, as mma's sums have them once rounded, transposed: lane l's registers have columns
-// 2 (l % 4) and 2 (l % 4) + 1 of row l / 4; the address from lane 8 i + r is that of the 16 bytes of matrix i's column
-// r.
-__device__ inline void store_transposed(uint32_t address, uint32_t first, uint32_t second) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(address), "r"(first), "r"(second)
-               : "memory");
-#endif
-}
-
-// The inverse: what store_transposed stored.
-__device__ inline uint2 load_transposed(uint32_t address) {
-  uint2 matrices;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-               : "=r"(matrices.x), "=r"(matrices.y)
-               : "r"(address)
-               : "memory");
-  return matrices;
-}
-
 // Sets the registers of each thread of a warpgroup, all of which call it: fewer than it has, or more, once others have
 // given theirs. What it begins with follows from the launch bounds.
 template <int kRegisters>

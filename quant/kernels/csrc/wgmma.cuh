@@ -88,13 +88,4 @@ template <typename T, int kColumns>
 __device__ inline void wgmma(float (&)[kColumns / 2], const uint32_t (&)[4], uint64_t, bool) {}
 #endif
 
-// Stores two matrices of halves, as c's operands hold them once rounded, transposed: lane l's registers have columns
-// 2 (l % 4) and 2 (l % 4) + 1 of row l / 4; the address from lane 8 i + r is that of matrix i's column r, 16 bytes.
-__device__ inline void store_transposed(uint32_t address, uint32_t first, uint32_t second) {
-#if LOWBIT_WGMMA
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(address), "r"(first), "r"(second)
-               : "memory");
-#endif
-}
-
 }  // namespace lowbit

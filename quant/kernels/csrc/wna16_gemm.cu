@@ -16,6 +16,7 @@
 #include "epilogue.cuh"
 #include "launch.cuh"
 #include "next_weight.cuh"
+#include "transposed.cuh"
 #include "wgmma.cuh"
 #include "wna16_args.cuh"
 

@@ -14,6 +14,7 @@
 #include "launch.cuh"
 #include "pair_at.cuh"
 #include "prefill_ptx.cuh"
+#include "transposed.cuh"
 #include "wna16_args.cuh"
 
 namespace lowbit {

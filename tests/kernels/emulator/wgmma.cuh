@@ -27,19 +27,4 @@ void wgmma(float (&c)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, bool ad
   emulator::multiply_later(c, kColumns, a, b, add, std::is_same_v<T, __nv_bfloat16>);
 }
 
-
-inline void store_transposed(uint32_t address, uint32_t first, uint32_t second) {
-  struct Operands {
-    uint32_t matrices[2], address;
-  } const in = {{first, second}, address};
-  emulator::together("stmatrix", &in, sizeof(in), nullptr, 0, [](const auto& all, auto&) {
-    for (int lane = 0; lane < 16; ++lane) {
-      const int matrix = lane / 8, column = lane % 8;
-      uint8_t* target = emulator::shared_at(reinterpret_cast<const Operands*>(all[lane])->address, 16);
-      for (int row = 0; row < 8; ++row)
-        memcpy(target + 2 * row, all[row * 4 + column / 2] + 4 * matrix + column % 2 * 2, 2);
-    }
-  });
-}
-
 }  // namespace lowbit
