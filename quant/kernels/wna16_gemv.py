@@ -204,11 +204,16 @@ def most_staged_bytes(capability: tuple[int, int] | None) -> int:
     return 96 << 10
 
 
+def takes_panels(cut: GemvCut, problem: Problem) -> bool:
+    """Whether there is code for `cut` with x in panels."""
+    return cut.room > ROOM or (cut == PANEL_WAVES and problem.m > FEW_ROWS and bool(rooms_of(problem)))
+
+
 def run(call: PackedCall, problem: Problem, cut: GemvCut | None = None) -> Tensor:
     """y of `call`, which problem.check has passed. ValueError if a tensor is not aligned to 16 bytes."""
     if cut is None:
         cut = (crowded_cut(problem) if problem.fast_memory else None) or choose_cut(problem)
-    if cut.room == ROOM and cut != PANEL_WAVES:
+    if not takes_panels(cut, problem):
         call = replace(call, x=panels.rows_of(call.x))
     call = prepare(call, most_staged_bytes(problem.capability) * cut.cluster)
     y = call.empty()
