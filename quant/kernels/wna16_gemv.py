@@ -205,7 +205,7 @@ def most_staged_bytes(capability: tuple[int, int] | None) -> int:
 
 
 def takes_panels(cut: GemvCut, problem: Problem) -> bool:
-    """Whether there is code for `cut` with x in panels."""
+    """True if there is code for `cut` with x in panels."""
     return cut.room > ROOM or (cut == PANEL_WAVES and problem.m > FEW_ROWS and bool(rooms_of(problem)))
 
 
