@@ -1,4 +1,5 @@
-"""Plots of benchmarks/results/wna16_*.jsonl: time against rows of x, one picture per shape, with the floor as a line.
+"""Plots of the H100's rows in benchmarks/results/wna16_*.jsonl: time against rows of x, a picture per shape, with the
+floor as a line.
 
 python -m benchmarks.plot_wna16          (needs matplotlib)
 """
@@ -22,9 +23,9 @@ def label_of(row: dict) -> str:
 
 
 def read_rows() -> list[dict]:
-    """The 4-bit rows of both benchmarks, g128, symmetric, without the blocks' and the random shapes."""
+    """The 4-bit rows of both benchmarks on an H100, g128, symmetric, without the blocks' and the random shapes."""
     lines = [line for stem in STEMS for line in (RESULTS / f"{stem}.jsonl").read_text().splitlines()]
-    rows = [json.loads(line) for line in lines]
+    rows = [row for row in map(json.loads, lines) if "H100" in row["gpu"]]
     wanted = [row for row in rows if (row["n"], row["k"]) in SHAPES and row["bits"] == 4 and row["group_size"] == 128]
     wanted = [row for row in wanted if row.get("symmetric", True) and not row["kernel"].endswith("block")]
     return [row for row in wanted if not row["ours"] or row["dtype"] == "float16"]
